@@ -21,7 +21,9 @@ REMEDY = "leave it out or rename it, or make the example with a function of your
 def refuse_weights(columns: Mapping[str, Any], where: str) -> None:
     """Raises UserError for a row that says it is not to be trained on, or not as much as others."""
     for name in WEIGHTS:
-        value = columns.get(name, 1)
+        if name not in columns:
+            continue
+        value = columns[name]
         number = TRUTH.get(value.strip().lower(), number_in(value)) if isinstance(value, str) else value
         if isinstance(number, int | float) and number != 1:
             raise UserError(
@@ -33,6 +35,8 @@ def refuse_weights(columns: Mapping[str, Any], where: str) -> None:
 def refuse_unread_inputs(columns: Mapping[str, Any], where: str, *, schemas: bool, is_prompt: bool = False) -> None:
     """Raises UserError for a column that belongs to the prompt, and is neither joined to it nor in it. `is_prompt`: a model is to
     answer the row."""
+    if columns.keys().isdisjoint(INPUTS):
+        return
     asked = "instruction" if "prompt" not in columns else "prompt"
     is_answered = asked in columns and not {"completion", "chosen"}.isdisjoint(columns) and schemas
     about = is_answered or (is_prompt and asked in columns)
@@ -95,12 +99,13 @@ def _words(value: Any) -> str:
 def refuse_contradictions(columns: Mapping[str, Any], form: Sequence[str], example: Example, where: str) -> None:
     """Raises UserError for a label, reward or margin that `form`, the columns that `example` is read from, does not have, and for
     a column with an answer that is none of its completions."""
-    answers = {_text(completion) for completion in example.completions}
     for name in VERDICTS:
         if name in columns and name not in form:
             raise UserError(f"{_read_as(columns, form, where)}, so '{name}' would be lost: {REMEDY}")
-    for name in ANSWERS:
-        if name not in form and (answer := _answer(columns.get(name), name)) and answer not in answers:
+    others = [name for name in ANSWERS if name in columns and name not in form]
+    answers = {_text(completion) for completion in example.completions} if others else ()
+    for name in others:
+        if (answer := _answer(columns[name], name)) and answer not in answers:
             raise UserError(f"{_read_as(columns, form, where)}, so '{name}', which holds another answer, would be lost: {REMEDY}")
 
 

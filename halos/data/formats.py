@@ -84,16 +84,17 @@ def parse(row: Row, *, score: str) -> Parsed:
 def _is_empty_text(record: Mapping[str, Any], columns: Mapping[str, Any]) -> bool:
     """Return whether a row is one of text, without any, and has nothing else that may be learned from."""
     given = record.get("text", "no such column")
-    is_blank = given is None or (isinstance(given, str) and not given.strip())
+    if given is not None and (not isinstance(given, str) or given.strip()):
+        return False
     others = {name: value for name, value in columns.items() if name != "text"}
-    return is_blank and not any(says_something(value) or (name in KNOWN and value) for name, value in others.items())
+    return not any(says_something(value) or (name in KNOWN and value) for name, value in others.items())
 
 
 def _read(columns: Mapping[str, Any], row: Row, score: str) -> tuple[Example, tuple[str, ...]]:
     """Return the example, and the columns of the form that it has; none for HALOs' records, whose `type` names the form."""
     if read := RECORDS.get(str(columns.get("type"))):
         return read(columns, row.where), ()
-    if {"chosen", "rejected"} <= columns.keys():
+    if "chosen" in columns and "rejected" in columns:
         return _comparison(columns, row.where), PAIR
     if set(STEPWISE) <= columns.keys():
         return stepwise(columns, row.where), STEPWISE
@@ -180,7 +181,7 @@ def _reading(row: Row) -> Reading:
     if is_record:
         return reading
     refuse_unread_inputs(columns, row.where, schemas=row.schemas)
-    return reading._replace(columns=with_settings(with_system(columns, row.where), row.where))
+    return Reading(with_settings(with_system(columns, row.where), row.where), reading.notes, reading.dropped)
 
 
 def _refuse_null_prompt(columns: Mapping[str, Any], where: str) -> None:

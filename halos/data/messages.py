@@ -13,6 +13,7 @@ WEIGHT = "weight"  # of an assistant turn: 0 where it is not trained on
 WEIGHT_NAMES = (WEIGHT, "train", "loss")  # in rows; `loss` as ms-swift and XTuner write it
 REASONING, REASONING_NAMES = "reasoning_content", ("reasoning_content", "reasoning", "thinking")  # of a turn; the first is ours
 SETTINGS = "chat_template_kwargs"  # of a conversation's first turn: what the template gets besides turns, `tools` among it
+SETTING_COLUMNS = (SETTINGS, "tools", "functions")  # of a row, which give it
 OURS = (WEIGHT, SETTINGS)  # keys of a turn that are none of the template's
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of parts of a turn's content
 TURN_COLUMNS = ("prompt", "instruction", "messages", "chosen", "rejected", "completion")
@@ -22,11 +23,10 @@ def turns_of(value: Any, role: str, column: str, where: str) -> Turns:
     """Return text as one turn of `role`, and a list as its messages. Raises UserError, naming the row, for anything else."""
     if isinstance(value, str):
         return ({"role": role, "content": value},)
-    if not isinstance(value, Sequence) or not value:
+    if not (type(value) is list or isinstance(value, Sequence)) or not value:
         raise UserError(f"{where}: {column} must be text or a list of messages that is not empty")
-    turns = tuple(_turn(each, column, where) for each in value)
-    if not all(isinstance(turn.get(SETTINGS, {}), Mapping) and (number == 0 or SETTINGS not in turn)
-               for number, turn in enumerate(turns)):  # fmt: skip
+    turns = tuple([_turn(each, column, where) for each in value])
+    if any([SETTINGS in turn and (number > 0 or not isinstance(turn[SETTINGS], Mapping)) for number, turn in enumerate(turns)]):
         raise UserError(f"{where}: {column} has a turn with {SETTINGS}: they are a column of the row, an object")
     return turns
 
@@ -53,7 +53,7 @@ def with_system(columns: dict[str, Any], where: str) -> dict[str, Any]:
 def with_settings(columns: dict[str, Any], where: str) -> dict[str, Any]:
     """Attach the columns `tools` and `chat_template_kwargs` to the first turn of the other columns. Raises UserError where they
     are of another shape."""
-    settings = _settings(columns, where)
+    settings = _settings(columns, where) if not columns.keys().isdisjoint(SETTING_COLUMNS) else {}
     if not settings:
         return columns
     begin = TURN_COLUMNS[:3] if {"prompt", "instruction"} & columns.keys() else TURN_COLUMNS
@@ -130,6 +130,9 @@ def _after_system(first: Message, value: Any, column: str, where: str, *, begins
 
 
 def _turn(turn: Any, column: str, where: str) -> Message:
+    is_plain = type(turn) is dict and len(turn) == 2 and type(turn.get("content")) is str
+    if is_plain and type(role := turn.get("role")) is str and role in ROLES:
+        return dict(turn)
     if not isinstance(turn, Mapping) or "role" not in turn:
         actual = f"has {', '.join(map(str, turn))}" if isinstance(turn, Mapping) else f"is {type(turn).__name__}"
         raise UserError(f"{where}: each turn of {column} needs role and content, one {actual}")
@@ -220,8 +223,9 @@ def _function(function: Mapping[str, Any]) -> dict[str, Any]:
 
 def has_null_arguments(columns: Mapping[str, Any]) -> bool:
     """Return whether a turn of a row calls a tool with null for an argument, which `turns_of` leaves out."""
-    turns = [turn for value in columns.values() if isinstance(value, list) for turn in value if isinstance(turn, Mapping)]
-    calls = [call for turn in turns if isinstance(turn.get("tool_calls"), list) for call in turn["tool_calls"]]
+    turns = [turn for value in columns.values() if isinstance(value, list) for turn in value
+             if (type(turn) is dict or isinstance(turn, Mapping)) and isinstance(turn.get("tool_calls"), list)]  # fmt: skip
+    calls = [call for turn in turns for call in turn["tool_calls"]]
     functions = [call.get("function", call) for call in calls if isinstance(call, Mapping)]
     arguments = [each.get("arguments") for each in functions if isinstance(each, Mapping)]
     return any(isinstance(each, Mapping) and _without_nulls(each) != each for each in arguments)

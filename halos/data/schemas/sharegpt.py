@@ -29,7 +29,8 @@ def is_turn(value: Any) -> bool:
 
 def apply(columns: Columns, where: str) -> Change | None:
     """Turn {from, value} into {role, content}, and `conversations` into the prompt of a pair, or into messages."""
-    changed = {name: _turns(columns[name], name, where) for name in TURNS if _has_turns(columns.get(name), name)}
+    changed = {name: _turns(columns[name], name, where) for name in TURNS
+               if name in columns and _has_turns(columns[name], name)}  # fmt: skip
     talk = next((name for name in TALKS if name in changed), None)
     if talk is None and all(changed[name] == columns[name] for name in changed):
         return None
@@ -46,10 +47,11 @@ def apply(columns: Columns, where: str) -> Change | None:
 
 def _has_turns(value: Any, column: str) -> bool:
     """Return whether a column holds turns; a pair may have one turn that is in no list."""
-    if isinstance(value, Mapping) and column in ("chosen", "rejected"):
-        return "from" in value or "role" in value
-    first = value[0] if isinstance(value, list) and value else None
-    return isinstance(first, Mapping) and ("from" in first or (column in TALKS and "role" in first))
+    if isinstance(value, list):
+        first = value[0] if value else None
+        is_object = type(first) is dict or isinstance(first, Mapping)
+        return is_object and ("from" in first or (column in TALKS and "role" in first))
+    return column in ("chosen", "rejected") and isinstance(value, Mapping) and ("from" in value or "role" in value)
 
 
 def _turns(value: Any, column: str, where: str) -> list[Any]:
