@@ -32,12 +32,11 @@ HELD_OUT = re.compile(r"(test|eval|valid|val|dev|held)", re.IGNORECASE)  # how n
 
 def of_example(example: Example) -> list[str]:
     """Return what is odd about the text of an example."""
-    found, prompt = [], example.prompt
+    found, prompt, (first, *others) = [], example.prompt, example.completions
     if prompt and prompt[-1]["role"] == "assistant":
         found.append(ENDS_WITH_ASSISTANT)
     if prompt and not any(turn.get("tool_calls") or str(turn.get("content") or "").strip() for turn in prompt):
         found.append(NO_WORDS)
-    first, *others = example.completions
     if any(_differ_in_blanks_at_most(first, turns) for turns in others) and not all(turns == first for turns in others):
         found.append(BLANKS_APART)
     if isinstance(example, Scored) and example.masked:
@@ -69,7 +68,10 @@ class Sampling(NamedTuple):
     @classmethod
     def of(cls, example: Example) -> Sampling:
         sampled = example.sampled
-        return cls(tuple(each.cut for each in sampled), any(each.ids for each in sampled))
+        return NOT_SAMPLED if not sampled else cls(tuple(each.cut for each in sampled), any(each.ids for each in sampled))
+
+
+NOT_SAMPLED = Sampling((), has_ids=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,7 @@ class OmissionCheck:
         """
         if (plain := _plain_shape(turns)) is not None:
             known = self._shapes.get(_digest_of_plain(plain))
-            if known is not None and not known and all(turn["content"].strip() in text for turn in turns):
+            if known is not None and not known and all([turn["content"].strip() in text for turn in turns]):
                 return []  # as of the earlier row of this shape
         parts = _all_parts(turns, learned)
         shape = _digest(turns, parts)

@@ -27,22 +27,18 @@ def as_rows(items: Sequence[Item]) -> pa.Table:
     if not items:
         return NO_ROWS
     schema, names = _schema(items[0]), completion_columns(len(items[0].completions))
-    columns: dict[str, list[Any]] = {name: [] for name in schema.names}
-    for item in items:
-        columns["prompt"].append(item.prompt)
-        columns["prompt_key"].append(_key(item.prompt))
-        for name, completion in zip(names, item.completions, strict=True):
-            columns[name].append(completion.ids)
-            columns[f"{name}_spans"].append(spans := _spans(completion.scored))
-            columns[f"{name}_scored"].append(int((spans[1::2] - spans[::2]).sum()))
-            columns[f"{name}_key"].append(_key(completion.ids))
-        for name, value in item.labels.items():
-            columns[LABEL + name].append(value)
-        columns["logps"].append(() if item.logps is None else item.logps)
-        columns["teacher_logps"].append(() if item.teacher_logps is None else item.teacher_logps.reshape(-1))
-        if item.step_labels is not None:
-            columns["step_labels"].append(item.step_labels)
-        columns["id"].append(item.id)
+    columns: dict[str, Any] = {"prompt": [item.prompt for item in items]}
+    for name, completions in zip(names, zip(*(item.completions for item in items), strict=True), strict=True):
+        columns[name] = [each.ids for each in completions]
+        columns[f"{name}_spans"], columns[f"{name}_scored"] = _spans([each.scored for each in completions])
+    for name in ("prompt", *names):
+        columns[f"{name}_key"] = [_key(ids) for ids in columns[name]]
+    for name in items[0].labels:
+        columns[LABEL + name] = [item.labels[name] for item in items]
+    columns["logps"] = [() if item.logps is None else item.logps for item in items]
+    columns["teacher_logps"] = [() if item.teacher_logps is None else item.teacher_logps.reshape(-1) for item in items]
+    columns["step_labels"] = [item.step_labels for item in items]
+    columns["id"] = [item.id for item in items]
     return pa.Table.from_arrays([column(columns[each.name], each.type) for each in schema], schema=schema)
 
 
@@ -94,19 +90,18 @@ class Writer:
 
     def _hash(self, rows: pa.Table, sources: Sequence[int]) -> None:
         """Add all that training reads of rows to the hash; not their ids, so that the same rows of another file hash equally."""
-        parts = list(self._parts(rows))
+        lengths, data = (zip(*columns, strict=True) for columns in zip(*self._parts(rows), strict=True))
         labels = {name: numbers(rows[LABEL + name]).tolist() for name in self._labels}
-        for row, source in enumerate(sources):
+        for row, (source, all_lengths, all_data) in enumerate(zip(sources, lengths, data, strict=True)):
             own = {name: values[row] for name, values in labels.items()}
             # three come first, whether a row has them or not: as they stand in the hashes that runs have recorded
             always = [bool(own.pop("desirable", 1.0)), own.pop("margin", 0.0), own.pop("reward", 0.0)]
-            present = [(lengths[row], data[row]) for lengths, data in parts if lengths[row] is not None]
-            lengths = [length for length, _ in present]
-            self._content.update(json.dumps([source, *always, lengths, *([own] if own else [])]).encode())
-            for _, data in present:
-                self._content.update(data)
+            present = [length for length in all_lengths if length is not None]
+            head = json.dumps([source, *always, present, *([own] if own else [])]).encode()
+            read = [each for length, each in zip(all_lengths, all_data, strict=True) if length is not None]
+            self._content.update(b"".join([head, *read]))
 
-    def _parts(self, rows: pa.Table) -> Iterator[tuple[list[int | None], list[memoryview]]]:
+    def _parts(self, rows: pa.Table) -> Iterator[tuple[list[int | None], Iterator[memoryview]]]:
         """Yield the arrays of rows in the order in which they are hashed: the length of each row's, None where it has no such
         array, and its bytes."""
         yield _lengths(rows["prompt"]).tolist(), _bytes(rows["prompt"])
@@ -143,27 +138,37 @@ class Writer:
 
 def _key(ids: np.ndarray) -> int:
     """Return 64 bits that identify token ids by their content, the same in every data set."""
-    return int.from_bytes(hashlib.blake2b(np.asarray(ids, np.int32).tobytes(), digest_size=8).digest(), signed=True)
+    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(ids, np.int32), digest_size=8).digest(), signed=True)
 
 
-def _spans(scored: np.ndarray) -> np.ndarray:
-    """Return the runs of True as [start, end, start, end, ...]."""
-    if scored.all():
-        return np.array([0, len(scored)], np.int32)
-    return np.flatnonzero(np.diff(scored, prepend=False, append=False)).astype(np.int32)
+def _spans(masks: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
+    """Return the runs of True of each mask as [start, end, start, end, ...], that of an empty one as [0, 0]; and how many of each
+    are True: (N,)."""
+    lengths = np.array([len(mask) for mask in masks])
+    first = np.cumsum(lengths + 1) - lengths  # of each mask's places in all of them, with a False before and after each
+    is_place = np.ones(first[-1] + lengths[-1] + 1, bool)
+    is_place[[*(first - 1), -1]] = False
+    flat = np.zeros_like(is_place)
+    flat[is_place] = np.concatenate(masks)
+    edges, counts = np.flatnonzero(flat[1:] != flat[:-1]) + 1, np.cumsum(flat)
+    bounds = np.searchsorted(edges, [*first, len(flat)])
+    edges -= np.repeat(first, np.diff(bounds))
+    spans = [edges[start:end] if length else np.zeros_like(edges, shape=2)
+             for length, (start, end) in zip(lengths, pairwise(bounds.tolist()), strict=True)]  # fmt: skip
+    return spans, counts[first + lengths] - counts[first - 1]
 
 
 def _lengths(column: pa.ChunkedArray) -> np.ndarray:
     return np.diff(lists(column)[0])
 
 
-def _bytes(column: pa.ChunkedArray) -> list[memoryview]:
+def _bytes(column: pa.ChunkedArray) -> Iterator[memoryview]:
     """Return the numbers of each list of a column as bytes."""
     bounds, values = lists(column)
     return _cut(values, bounds * values.itemsize)
 
 
-def _masks(ids: pa.ChunkedArray, spans: pa.ChunkedArray) -> list[memoryview]:
+def _masks(ids: pa.ChunkedArray, spans: pa.ChunkedArray) -> Iterator[memoryview]:
     """Return which tokens of each list are scored, a byte each."""
     (tokens, _), (bounds, edges) = lists(ids), lists(spans)
     edges = edges + np.repeat(tokens[:-1], np.diff(bounds))
@@ -173,6 +178,6 @@ def _masks(ids: pa.ChunkedArray, spans: pa.ChunkedArray) -> list[memoryview]:
     return _cut(np.cumsum(changes[:-1], dtype=np.int8), tokens)
 
 
-def _cut(values: np.ndarray, bounds: np.ndarray) -> list[memoryview]:
-    data = np.ascontiguousarray(values).view(np.uint8).data
-    return [data[start:end] for start, end in pairwise(bounds.tolist())]
+def _cut(values: np.ndarray, bounds: np.ndarray) -> Iterator[memoryview]:
+    data = np.ascontiguousarray(values).view(np.uint8).data  # one at a time: objects that are kept cost collections of garbage
+    return (data[start:end] for start, end in pairwise(bounds.tolist()))
