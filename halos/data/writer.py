@@ -138,7 +138,7 @@ class Writer:
 
 def _key(ids: np.ndarray) -> int:
     """Return 64 bits that identify token ids by their content, the same in every data set."""
-    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(ids, np.int32), digest_size=8).digest(), signed=True)
+    return int.from_bytes(hashlib.blake2b(np.asarray(ids, np.int32).tobytes(), digest_size=8).digest(), signed=True)
 
 
 def _spans(masks: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:

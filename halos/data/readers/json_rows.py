@@ -3,11 +3,10 @@
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from halos.data.readers.streams import not_utf8, opened, opened_text
 from halos.data.row import UNKNOWN_OFFSET, End, Row, row_of, type_name
@@ -32,7 +31,9 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 def read_jsonl(path: Path) -> Iterator[Row]:
     """Read one object per line, skipping blank lines."""
-    return (row._replace(end=None) for row in read_jsonl_after(path, End(0, 0, 0)))
+    with opened(path) as lines:
+        for value, where, _, _ in _values(path, lines, 0, 0):
+            yield row_of(value, where)
 
 
 def read_jsonl_after(path: Path, end: End) -> Iterator[Row]:
@@ -43,34 +44,39 @@ def read_jsonl_after(path: Path, end: End) -> Iterator[Row]:
             offset = sum(map(len, islice(lines, end.line)))
         elif offset:
             lines.seek(offset)
-        for number, line in enumerate(lines, end.line + 1):
-            offset += len(line)
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
-            except UnicodeDecodeError as error:
-                raise not_utf8(path, number, line) from error
-            with _decoding(where):
-                value = _DECODER.decode(text)
-                _refuse_lone_surrogates(value, text)
-            yield row_of(value, where)._replace(end=End(end.file, offset, number))
+        for value, where, *place in _values(path, lines, offset, end.line):
+            yield row_of(value, where)._replace(end=End(end.file, *place))
 
 
-@contextmanager
-def _decoding(where: str) -> Iterator[None]:
-    """Raise whatever Python's decoder raises as a UserError that names the row."""
-    try:
-        yield
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: holds a lone surrogate, half of a character, such as \\ud800") from error
-    except RecursionError as error:
-        raise UserError(f"{where}: not valid JSON: lists or objects are nested too deeply") from error
-    except ValueError as error:  # a number with more digits than Python reads, or a name twice
-        raise UserError(f"{where}: not valid JSON: {first_line_of(error).partition(';')[0]}") from error
+def _values(path: Path, lines: IO[bytes], offset: int, before: int) -> Iterator[tuple[Any, str, int, int]]:
+    """Yield what each line that is not blank holds, its place, and where it ends, in bytes and lines. The first begins after
+    `offset` bytes and `before` lines."""
+    for number, line in enumerate(lines, before + 1):
+        offset += len(line)
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
+        except UnicodeDecodeError as error:
+            raise not_utf8(path, number, line) from error
+        try:
+            value = _DECODER.decode(text)
+            _refuse_lone_surrogates(value, text)
+        except (ValueError, RecursionError) as error:
+            raise _invalid(error, where) from error
+        yield value, where, offset, number
+
+
+def _invalid(error: Exception, where: str) -> UserError:
+    """Return whatever Python's decoder raises as an error that names the row."""
+    if isinstance(error, json.JSONDecodeError):
+        return UserError(f"{where}: not valid JSON: {error.msg} at column {error.colno}")
+    if isinstance(error, UnicodeEncodeError):
+        return UserError(f"{where}: holds a lone surrogate, half of a character, such as \\ud800")
+    if isinstance(error, RecursionError):
+        return UserError(f"{where}: not valid JSON: lists or objects are nested too deeply")
+    return UserError(f"{where}: not valid JSON: {first_line_of(error).partition(';')[0]}")  # too many digits, or a name twice
 
 
 def _refuse_lone_surrogates(value: Any, text: str) -> None:
@@ -158,17 +164,15 @@ class _Window:
         """Read the value that starts at `at`. Raises UserError; `at_error` names the place of an error within the value."""
         while True:
             try:
-                with _decoding(where):
-                    value, end = self._decoder.raw_decode(self._text, self.at)
-                    _refuse_lone_surrogates(value, self._text[self.at : end])
-            except UserError as wrapped:
-                error = wrapped.__cause__
-                if not isinstance(error, json.JSONDecodeError):
-                    raise
+                value, end = self._decoder.raw_decode(self._text, self.at)
+                _refuse_lone_surrogates(value, self._text[self.at : end])
+            except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated string") or error.pos > len(self._text) - LONGEST_TOKEN
                 if cut and self._grow():
                     continue
-                error = json.JSONDecodeError(error.msg, self._text[self.at :], error.pos - self.at)
-                raise UserError(f"{at_error(error)}: not valid JSON: {error.msg} at column {error.colno}") from error
+                within = json.JSONDecodeError(error.msg, self._text[self.at :], error.pos - self.at)
+                raise _invalid(within, at_error(within)) from error
+            except (ValueError, RecursionError) as error:
+                raise _invalid(error, where) from error
             self.at = end
             return value
