@@ -1,5 +1,6 @@
 """The date that a chat template writes: one for all of a run, so that its resumes, epochs and samplers render the same text."""
 
+import calendar
 import json
 import re
 from copy import copy
@@ -13,18 +14,34 @@ from halos.data.rendering import Renderer
 from halos.errors import UserError
 from halos.examples import Message
 
+NAME = "strftime_now"  # by which a template writes the date
 _LINE = re.compile(r'\{%- macro strftime_now\(format, day="([\d-]+)"\) %\}.*\n')
-_DIRECTIVE = re.compile(r"%-?[A-Za-z]|%%")
-_MOMENTS = (datetime(2000, 1, 1, 1, 1, 1), datetime(2011, 11, 11, 23, 11, 11))  # which no directive writes alike
+_LETTERS = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"
+_DIRECTIVES = frozenset(f"%{flag}{letter}" for flag in ("", "-") for letter in _LETTERS) | {"%f"}
+_OTHERS = re.compile(r"%[-_^#]*\d*[EO]?[A-Za-z]")  # of glibc, which are read where they stand in the template
+_MOMENTS = (datetime(2000, 1, 1, 1, 1, 1, 1), datetime(2011, 11, 11, 23, 11, 11, 11))  # which no directive writes alike
 _TOOL = {"type": "function", "function": {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}}}
 
 
 def with_date(template: str, day: date) -> str:
-    """Return `template` after a line that has it write `day` as the current date."""
-    own = without_date(template)
-    found = sorted(set(_DIRECTIVE.findall(own)), reverse=True)  # %% last
-    replaced = "".join(f"|replace({_quoted(directive)}, {_quoted(day.strftime(directive))})" for directive in found)
-    return f'{{%- macro strftime_now(format, day="{day:%Y-%m-%d}") %}}{{{{ format{replaced} }}}}{{%- endmacro %}}\n{own}'
+    """Return `template` after a line that has it write `day` as the current date, in whatever format, which it may get from a
+    row or compute."""
+    own, percent = without_date(template), _quoted("%")
+    values = {directive: _written(day, directive) for directive in sorted(_DIRECTIVES | {*_OTHERS.findall(own)})}
+    listed = ", ".join(f"{_quoted(key)}: {_quoted(value)}" for key, value in values.items() if value != key)
+    return (
+        f'{{%- macro {NAME}(format, day="{day:%Y-%m-%d}") %}}'
+        f"{{%- for part in format.split({_quoted('%%')}) %}}{{{{- '' if loop.first else {percent} }}}}"
+        f"{{%- set written = namespace(text=part) %}}{{%- for directive, value in {{{listed}}}.items() %}}"
+        "{%- set written.text = written.text.replace(directive, value) %}{%- endfor %}{{- written.text }}{%- endfor %}"
+        f"{{%- endmacro %}}\n{own}"
+    )
+
+
+def _written(day: date, directive: str) -> str:
+    if directive.endswith("s"):  # seconds, which Python counts in the time zone of the machine
+        return str(calendar.timegm(day.timetuple()))
+    return day.strftime(directive)
 
 
 def without_date(template: str) -> str:
@@ -44,12 +61,19 @@ def date_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return match[1] if (match := _LINE.match(str(tokenizer.chat_template))) else None
 
 
+def may_write_date(template: str) -> bool:
+    """Return whether the template names the current date or time: a setting of a row may decide whether it writes one."""
+    return NAME in template
+
+
 def writes_date(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
-    """Return whether the template writes the current date or time, in a conversation with or without a system turn or tools."""
-    if "strftime_now" not in template:
+    """Return whether the template writes the current date or time in a common conversation: of one turn or several, with or
+    without a system turn or tools. It may write one in others."""
+    if not may_write_date(template):
         return False
     asked: Message = {"role": "user", "content": "a"}
-    for turns in ((asked,), ({"role": "system", "content": "b"}, asked)):
+    several: tuple[Message, ...] = (asked, {"role": "assistant", "content": "b"}, asked)
+    for turns in ((asked,), ({"role": "system", "content": "b"}, asked), several):
         for settings in ({}, {"tools": [_TOOL]}):
             first: Message = {**turns[0], SETTINGS: settings}
             texts = {_rendered(tokenizer, with_date(template, moment), (first, *turns[1:])) for moment in _MOMENTS}

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from halos.confined import expanded
-from halos.data.dates import with_date, writes_date
+from halos.data.dates import may_write_date, with_date
 from halos.data.endings import Ending, Endings, common
 from halos.data.messages import REASONING, is_learned
 from halos.data.omissions import OmissionCheck
@@ -38,10 +38,10 @@ Span = tuple[int, int]
 def template_of_run(
     tokenizer: PreTrainedTokenizerBase, override: str | None, settings: Mapping[str, Any], system: str, day: date | None = None
 ) -> str:
-    """Return the template to use: `chat_template` with data.chat_template_kwargs and data.system, which writes `day` if it writes
-    a date; the one to save with the model is `dates.without_date` of it."""
+    """Return the template to use: `chat_template` with data.chat_template_kwargs and data.system, which writes `day` where it
+    writes a date; the one to save with the model is `dates.without_date` of it."""
     template = with_preamble(chat_template(tokenizer, override), settings, merges_system=system == "merge")
-    return with_date(template, day) if day is not None and writes_date(tokenizer, template) else template
+    return with_date(template, day) if day is not None and may_write_date(template) else template
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, override: str | None) -> str:

@@ -18,7 +18,7 @@ from halos.config.schema import Config, Train
 from halos.config.values import show
 from halos.data.collate import num_truncated_mismatches
 from halos.data.dataset import Dataset
-from halos.data.dates import date_of
+from halos.data.dates import date_of, writes_date
 from halos.data.encoded import PROMPT_TOO_LONG, TOO_LONG
 from halos.distributed.parameters import num_elements
 from halos.inspection.findings import Check
@@ -146,7 +146,8 @@ def write_model(config: Config, loss: LossSpec, structure: Structure) -> None:
         _log("", f"of log(policy / reference) of a token within {humanline.low:g} and {humanline.high:g} (humanline)")
     _log("model", f"{config.model.name_or_path} ({dtype}){suffix}")
     if day := date_of(structure.tokenizer):
-        _log("date", f"{day}, which the chat template writes in all of this run and its resumes (data.date)")
+        writes = "writes" if writes_date(structure.tokenizer, str(structure.tokenizer.chat_template)) else "may write"
+        _log("date", f"{day}, which the chat template {writes} in all of this run and its resumes (data.date)")
     _log("forward", structure.verdict.line)
     if config.train.compile:
         _log("compiled", f"{', '.join(sorted({type(each).__name__ for each in regions_of(structure.model)}))}, when first called")

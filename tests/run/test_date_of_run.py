@@ -84,6 +84,15 @@ def test_a_date_that_is_none_or_that_no_template_writes_is_refused(world: World)
     assert "date" not in attempts(directory)[0]
 
 
+def test_a_date_that_only_some_rows_would_have_is_kept_too(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.template.write_text("{% if dated %}{{ 'Today is ' + strftime_now('%d %b %Y') + '\n' }}{% endif %}" + TEMPLATE)
+    directory = world.begin("run", "data.date=2031-05-06")
+    assert "date       2031-05-06, which the chat template may write" in log_of(directory)
+    today(monkeypatch, NEXT)
+    assert resume(directory) == 0
+    assert [record["date"] for record in attempts(directory)] == ["2031-05-06"] * 2
+
+
 def test_another_run_on_the_same_day_finds_its_rows_in_the_cache(world: World, tmp_path: Path) -> None:
     world.train("run")
     before = sorted((world.cache / "data").iterdir())
