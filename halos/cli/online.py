@@ -188,8 +188,8 @@ def run_rounds(config: Config, command: Sequence[str], changed: Sequence[Change]
         overrides, one_warmup = overrides_of_rounds(command, config, tree)
     training = round_config(config, overrides, tree)
     day = run_config.day_of(config, RunDir(config.run_dir).read_attempts() if config.resume else {})
-    preview = partial(RoundPreview, training, day=day)
-    status = driver.run(config, training, overrides, command, changed, preview, one_warmup=one_warmup)
+    preview = partial(RoundPreview, training)
+    status = driver.run(config, training, overrides, command, changed, preview, one_warmup=one_warmup, day=day)
     if not config.dry_run and RunDir(config.run_dir).read_metrics():
         _report(config)
     return status

@@ -82,6 +82,12 @@ def writes_date(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
     return False
 
 
+def refuse_unwritten(day: str | None, *written: str | None) -> None:
+    """Raises UserError for a data.date where no chat template of the run writes a date; `written` are those that they write."""
+    if day is not None and not any(written):
+        raise UserError(f"data.date={day}: the chat template writes no date: leave it out")
+
+
 def _rendered(tokenizer: PreTrainedTokenizerBase, template: str, turns: tuple[Message, ...]) -> str | None:
     try:
         return Renderer(tokenizer, template, refuse_tools=False)(turns, "a prompt", generate=True)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from halos.config.schema import Scorer as Settings
 from halos.distributed.children import exit_process
 from halos.errors import UserError, command
 from halos.hashes import digest
-from halos.online.options import FEEDBACK, SCORER
+from halos.online.options import FEEDBACK, SCORER, day
 from halos.online.preferences import compare
 from halos.online.records import (
     FileStore,
@@ -57,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--against", type=Path, help="another policy's samples, compared with those of evaluation prompts")
     options.add_argument("--plugins", nargs="*", default=[], help="your packages that --reward may name")
     options.add_argument("--max-length", type=int, help="in tokens, for --reward-model: longer samples get no score")
+    options.add_argument("--date", type=day, help="what a reward model's chat template writes as the date (default: today)")
     options.add_argument("--cache", type=Path, help="file that caches the judge's answers (default: next to FEEDBACK)")
     options.add_argument("--cache-dir", type=Path, default=Path("~/.cache/halos"))
     FEEDBACK.add(options.add_argument_group("online.feedback", "the keys of a configuration"))
@@ -79,7 +81,9 @@ def run(args: argparse.Namespace) -> int:
     scores = args.scores or args.feedback.with_name(f"{args.feedback.stem}.scores.jsonl")
     ranks = Ranks.of_stage()
     answers = args.cache or args.feedback.with_name(f"{args.feedback.stem}.{settings.name}.jsonl")
-    scorer = open_scorer(settings, Context(answers, args.plugins, args.cache_dir, args.max_length, quiet=not ranks.main))
+    today = args.date or ranks.from_rank_0(date.today())
+    given = Context(answers, args.plugins, args.cache_dir, args.max_length, quiet=not ranks.main, day=today)
+    scorer = open_scorer(settings, given)
     for path in (args.feedback, scores, answers):
         make_directory(path.parent)  # before a score is paid for
     if settings.pairwise:
@@ -119,6 +123,8 @@ def _checked(args: argparse.Namespace) -> Settings:
         idle = "--against has no effect without --pairwise, by which a judge compares answers: leave it out"
     if args.max_length is not None and not scorer.loads_model:
         idle = f"--max-length has no effect with {scorer.option.flag}, which reads no tokens: leave it out"
+    if args.date is not None and not scorer.loads_model:
+        idle = f"--date has no effect with {scorer.option.flag}, which has no chat template: leave it out"
     if complaint := scorer.problem(settings, SCORER.flag) or idle:
         raise UserError(complaint)
     return settings

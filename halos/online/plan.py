@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -46,7 +47,9 @@ class OnlinePlan:
     prompts: list[Prompt] = field(default_factory=list)
     eval_prompts: list[Prompt] = field(default_factory=list)
     unused: Counter[str] = field(default_factory=Counter)  # rows of the data that give no prompt, by why
-    date: str | None = None  # that the chat template writes in all rounds
+    day: datetime.date | None = None  # of the run
+    date: str | None = None  # that the policy's chat template writes in all rounds
+    scorer_date: str | None = None  # that a chat template of the scorer's writes
     max_length: int = 0  # in tokens: train.max_length, or the model's number of positions where that is smaller
 
     def __post_init__(self) -> None:
@@ -131,7 +134,8 @@ class OnlinePlan:
     def prepare(self) -> None:
         """Read the prompts. Raises UserError for whatever would make a stage fail later."""
         online = self.online
-        scorer = scorer_of(self.config, Path(os.devnull))
+        scorer = scorer_of(self.config, Path(os.devnull), self.day)
+        self.scorer_date = scorer.date
         engine_class(online.sampler.name).check_ready(online.sampler)
         if online.scorer.pairwise and not (scorer.compares and self.kind == feedback.PAIRWISE):
             needed = " or a ".join(name for name in scorer_names() if scorer_class(name).compares)
@@ -239,16 +243,12 @@ class OnlinePlan:
             overrides += [f"train.temperature={online.sampler.temperature}", f"train.correction={online.correction}",
                           f"train.correction_level={level}", f"train.correction_cap={online.correction_cap}",
                           f"train.correction_floor={'null' if floor is None else floor}"]  # fmt: skip
-        if self.date is not None:
-            overrides.append(f"data.date={self.date}")
+        overrides += [] if self.date is None else [f"data.date={self.date}"]
         overrides += [f"data.system={config.data.system}", f"data.chat_template_kwargs={typed(config.data.chat_template_kwargs)}"]
-        if online.carry_optimizer:
-            overrides.append("checkpoint.at_end=true")
-        if number and self.one_warmup:
-            overrides.append("schedule.warmup=0")
-        if number:
-            overrides += self._continue_from(self.directory_of(number - 1) / "train", lora=inner.peft.name == "lora")
-        return overrides
+        overrides += ["checkpoint.at_end=true"] if online.carry_optimizer else []
+        overrides += ["schedule.warmup=0"] if number and self.one_warmup else []
+        lora = inner.peft.name == "lora"
+        return overrides + (self._continue_from(self.directory_of(number - 1) / "train", lora=lora) if number else [])
 
     def _continue_from(self, before: Path, *, lora: bool) -> list[str]:
         """Overrides that continue from the last round's policy; the reference is the one that was named, such as a teacher, or

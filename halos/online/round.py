@@ -150,6 +150,7 @@ class Round:
         command = plan.stages.label(
             self.directory / "samples.jsonl", path, kind=plan.kind, scores=self.directory / "scores.jsonl",
             cache=plan.directory.path / f"{plan.online.scorer.name}.jsonl", against=first if self.number else None,
+            date=plan.scorer_date,
         )  # fmt: skip
         self._stage("label", command)
 

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,8 +28,7 @@ from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.config.secrets import refuse_saved_overrides
 from halos.confined import write_whole
-from halos.data.dates import date_of
-from halos.distributed.environment import world_size
+from halos.data.dates import date_of, refuse_unwritten
 from halos.distributed.signals import STOPPED
 from halos.errors import UserError
 from halos.hooks.base import AnyRun, Hook, call_on_eval, states_of
@@ -37,7 +37,7 @@ from halos.online import dry_run, overview
 from halos.online.origins import sampled_from
 from halos.online.plan import OnlinePlan
 from halos.online.round import STATE, Round, RoundResult, refuse_too_few_rounds
-from halos.online.stages import WRONG_INPUT, RefusedError, StageError, StoppedError
+from halos.online.stages import WRONG_INPUT, RefusedError, StageError, StoppedError, refuse_launcher
 from halos.repository import COMMAND
 from halos.rollout import evaluation, measure
 from halos.rollout.prompts import content_hashes
@@ -79,24 +79,22 @@ class TrainingOutline(Protocol):
 
 def run(
     config: Config, inner: Config, overrides: Sequence[str], typed: Sequence[str], changed: Sequence[Change],
-    outline: Callable[..., TrainingOutline], *, one_warmup: bool,
+    outline: Callable[..., TrainingOutline], *, one_warmup: bool, day: date,
 ) -> int:  # fmt: skip
     """Run all rounds, or those that are left; return the exit status.
 
     `inner` is the configuration of a round's training, `overrides` its command-line overrides, and `typed` those of this command;
-    `outline` checks that training before anything starts; `one_warmup` has the learning rate warm up in the first round alone.
+    `outline` checks that training before anything starts; `one_warmup` has the learning rate warm up in the first round alone;
+    `day` is the date that chat templates write.
     Raises UserError.
     """
-    if world_size() > 1:
-        raise UserError(
-            f"loss=online starts accelerate launch itself, for each stage that needs several processes: {COMMAND} loss=online"
-            " online.config_file=launch/accelerate/ddp.yaml (or cpu2, ...)"
-        )
-    plan = OnlinePlan(config, inner, list(overrides), bind_loss(inner.loss, config.plugins), one_warmup)
+    refuse_launcher()
+    plan = OnlinePlan(config, inner, list(overrides), bind_loss(inner.loss, config.plugins), one_warmup, day=day)
     idle_online.refuse_idle_reference(config, typed, is_read=plan.loss.needs_reference)
     plan.prepare()
-    outlined = outline(trackers=trackers_of(config))
+    outlined = outline(trackers=trackers_of(config), day=day)
     plan.date = date_of(outlined.tokenizer)
+    refuse_unwritten(config.data.date, plan.date, plan.scorer_date)
     prompt = plan.first_fitting_prompt(outlined.tokenizer, outlined.max_length)
     directory = plan.directory
     if config.resume and _is_over(plan):
@@ -200,8 +198,9 @@ class OnlineRun:
         write_whole(directory.path / OVERRIDES, json.dumps(stored, indent=1) + "\n")
         add_log_file(directory.log_of(0))
         remove_leftovers(directory.path)
-        day = {} if self.plan.date is None else {run_config.DATE: self.plan.date}
-        directory.start_attempt({**attempt, "total_steps": self.plan.online.rounds, **day, **versions()})
+        day = self.plan.date or self.plan.scorer_date
+        dated = {} if day is None else {run_config.DATE: day}
+        directory.start_attempt({**attempt, "total_steps": self.plan.online.rounds, **dated, **versions()})
         self.hooks = trackers_of(self.config)
         for name, state in self._saved_hook_states().items():
             if name in self.hooks and isinstance(state, dict):

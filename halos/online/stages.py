@@ -20,10 +20,11 @@ from halos.config.idle_online import sampler_keys
 from halos.config.rollout_modules import engine_class, scorer_class
 from halos.config.schema import Config, Online
 from halos.distributed.children import CONFIGS, accelerate_config, die_with_parent, environment_without_launcher, failure_reason
+from halos.distributed.environment import world_size
 from halos.distributed.signals import StopRequest
 from halos.errors import UserError
 from halos.online.options import FEEDBACK, SAMPLER, SCORER
-from halos.repository import PACKAGES, TRAIN
+from halos.repository import COMMAND, PACKAGES, TRAIN
 from halos.rollout import feedback
 
 WRONG_INPUT = 2
@@ -120,8 +121,10 @@ class Stages:
             arguments += _options(reference_revision=model.revision)
         return self._module("halos.online.sample", arguments, on_every_rank=engine_class(sampler.name).loads_model)
 
-    def label(self, samples: Path, output: Path, *, kind: str, scores: Path, cache: Path, against: Path | None) -> list[str]:
-        """The command that scores samples and writes feedback."""
+    def label(
+        self, samples: Path, output: Path, *, kind: str, scores: Path, cache: Path, against: Path | None, date: str | None = None,
+    ) -> list[str]:  # fmt: skip
+        """The command that scores samples and writes feedback; `date` is what the scorer's chat template writes."""
         scorer = self.online.scorer
         acting = feedback.keys_of(kind, by_verdict=scorer.pairwise)
         of_scorer = [*SCORER.choice(scorer), *SCORER.arguments(scorer, only=scorer_class(scorer.name).takes)]
@@ -131,6 +134,7 @@ class Stages:
             *FEEDBACK.arguments(self.online.feedback, only=acting),
         ]  # fmt: skip
         arguments += ["--truncated", self.online.truncated] if self.online.truncated != feedback.KEEP else []
+        arguments += _options(date=date)
         arguments += ["--against", str(against)] if scorer.pairwise and against is not None else []
         arguments += ["--plugins", *self.config.plugins] if self.config.plugins else []
         return self._module("halos.online.label", arguments, on_every_rank=scorer_class(scorer.name).loads_model)
@@ -161,6 +165,15 @@ class Stages:
             return online.num_processes or 1
         settings = yaml.safe_load(config_file(online).read_text(encoding="utf-8")) or {}
         return int(settings.get("num_processes") or 1)
+
+
+def refuse_launcher() -> None:
+    """Raises UserError where `accelerate launch` has started this process as one of several."""
+    if world_size() > 1:
+        raise UserError(
+            f"loss=online starts accelerate launch itself, for each stage that needs several processes: {COMMAND} loss=online"
+            " online.config_file=launch/accelerate/ddp.yaml (or cpu2, ...)"
+        )
 
 
 def config_file(online: Online) -> Path:

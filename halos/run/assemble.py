@@ -61,7 +61,8 @@ def assemble(
     elif config.optim["init_from"] is not None:
         load_optimizer(Path(config.optim["init_from"]) / "state", current.strategy, current.module, current.optimizer)
     settled = token_budget.settle(current, run.planned.optimizer_bytes, _longest_item(run))
-    settled |= {} if (day := date_of(current.tokenizer)) is None else {run_config.DATE: day}
+    day = date_of(current.tokenizer) or run.batches.scorer_date
+    settled |= {} if day is None else {run_config.DATE: day}
     proof.prove_loaded(current, run.structure.verdict)
     policy = Unsharded(current, partial(models.policy_structure, run.structure.loader, reward=None))
     current.generator = None if current.reward else PolicyGenerator(current, policy)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from halos.config.bind import LossSpec, refuse_single_samples
 from halos.config.rollout_modules import scorer_class
 from halos.config.schema import Config
 from halos.data.dataset import Dataset
+from halos.data.dates import date_of, refuse_unwritten
 from halos.data.order import GroupOrder
 from halos.distributed.agreement import require_same_on_all_ranks
 from halos.errors import UserError
@@ -56,6 +58,7 @@ class BatchSource(Protocol):
     unmeasured: frozenset[str]  # metrics that the evaluation data cannot yield
     checks: tuple[Check, ...]  # of the data and the chat template
     known_ids: int | None  # of tokens, that the policy has embeddings for: for rows that are read while it trains
+    scorer_date: str | None  # that a chat template of a scorer's writes
 
     def steps(self) -> Steps | None:
         """Return counts of the steps and their tokens; None where they are not known beforehand."""
@@ -86,6 +89,7 @@ class DatasetSource:
     """Batches of a dataset."""
 
     known_ids: int | None = None
+    scorer_date: str | None = None
 
     def __init__(
         self, config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, max_length: int
@@ -141,8 +145,9 @@ class PolicySource:
     known_ids: int | None = None
 
     def __init__(
-        self, config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, max_length: int
-    ) -> None:
+        self, config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, max_length: int,
+        day: date,
+    ) -> None:  # fmt: skip
         assert config.online is not None
         if loss.example_type is not None:
             raise UserError(f"online.steps: {loss.name} rewrites examples of a dataset: it cannot be trained live")
@@ -157,7 +162,9 @@ class PolicySource:
         self.loss = loss
         name = config.online.scorer.name
         answers = f"{name}.jsonl" if scorer_class(name).is_paid else f"{name}.{accelerator.process_index}.jsonl"
-        self.scorer = scorer_of(config, RunDir(config.run_dir).path / answers)
+        self.scorer = scorer_of(config, RunDir(config.run_dir).path / answers, day)
+        self.scorer_date = self.scorer.date
+        refuse_unwritten(config.data.date, date_of(tokenizer), self.scorer_date)
         self.server = server_of(config, tokenizer)
         self.prompts = LivePrompts(config, tokenizer, loss, max_length)
         self.scorer.check_prompts(self.prompts.train)
@@ -171,7 +178,8 @@ class PolicySource:
         return None
 
     def lines(self) -> list[tuple[str, str]]:
-        return [("prompts", self.prompts.line)]
+        dated = f"{self.scorer_date}, which the scorer's chat template may write (data.date)"
+        return [("prompts", self.prompts.line), *([("date", dated)] if self.scorer_date else [])]
 
     def first_example(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
         return [("prompt", decode_visibly(tokenizer, [int(token) for token in self.prompts.train[0].ids]))]

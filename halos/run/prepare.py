@@ -21,7 +21,6 @@ from halos.config.reference_checks import has_reference
 from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.confined import expanded
-from halos.data.dates import date_of
 from halos.data.template import template_of_run
 from halos.data.tokenize import end_of_turn
 from halos.distributed.agreement import from_rank_0, require_same_on_all_ranks
@@ -129,7 +128,7 @@ def prepare(config: Config, accelerator: Accelerator, lock: RunLock | None) -> P
     strategy = structure.loader.strategy(accelerator)
     strategy.refuse_model(structure.model)
     step_checks.refuse_unfit(config.train, structure.model, strategy, accelerator)
-    batches = open_batch_source(config, loss, structure.tokenizer, accelerator, structure.max_length)
+    batches = open_batch_source(config, loss, structure.tokenizer, accelerator, structure.max_length, day)
     datasets.refuse_other_teacher(config, loss, batches.splits)
     known = len(table(bare(structure.model).get_input_embeddings()))
     batches.known_ids = max(known, len(structure.tokenizer))
@@ -208,8 +207,6 @@ def structure_of(config: Config, loss: LossSpec, machine: models.Machine, base: 
     tokenizer.chat_template = template_of_run(
         tokenizer, config.model.chat_template, config.data.chat_template_kwargs, config.data.system, day
     )
-    if config.data.date is not None and date_of(tokenizer) is None:
-        raise UserError(f"data.date={config.data.date}: the chat template writes no date: leave it out")
     keep_marks_special(tokenizer, new_tokens)
     vocabulary = Vocabulary.of(tokenizer, new_tokens)
     loader = models.ModelLoader(config, base, tokenizer, vocabulary, end_of_turn(tokenizer), machine, requested_strategy())

@@ -54,6 +54,11 @@ def test_the_same_command_again_changes_nothing_and_another_is_refused(place: Pa
     assert read(place / "f.jsonl") == before
 
 
+def test_a_date_is_refused_where_nothing_writes_one(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(place, "--date", "2031-05-07") == 2
+    assert "--date has no effect with --reward, which has no chat template: leave it out" in capsys.readouterr().err
+
+
 def test_samples_that_were_cut_are_left_out_as_the_command_says(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(place / "s.jsonl", [{**row, "finish": "length" if row["sample_id"] == 2 else "stop"} for row in samples()])
     assert run(place, "--feedback", "scalar", "--truncated", "mask") == 0

@@ -1,6 +1,7 @@
 """Scores of a reward model: those that plain transformers gives, one at a time."""
 
 import json
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from halos.config.defaults import section
 from halos.config.schema import Scorer
 from halos.data import arithmetic
 from halos.errors import UserError
+from halos.hashes import json_hash
 from halos.models.load import load_tokenizer
 from halos.models.locate import locate
 from halos.rollout.scorers.reward_model import RewardModel
@@ -88,6 +90,25 @@ def test_scores_are_of_the_tokenizer_and_the_config_too(place: Path) -> None:
         assert {key for key in before if now[key] != before[key]} == {name.replace("_config.json", "")}
         (place / name).write_text(text)
     assert model_of(place, label=None).request() == before
+
+
+@pytest.mark.parametrize("place", [1], indirect=True)
+def test_a_template_that_writes_the_date_scores_by_that_of_the_run(place: Path) -> None:
+    def of(day: date | None) -> RewardModel:
+        return RewardModel(place, section(Scorer, label=None, batch_size=4), max_length=None, quiet=True, day=day)
+
+    plain = of(None).request()
+    assert of(date(2031, 5, 7)).request() == plain, "of a template that writes none"
+    tokenizer = load_tokenizer(place, add_tokens=[])[0]
+    tokenizer.chat_template = "{{ 'Today: ' + strftime_now('%d %b %Y') + '\n' }}" + str(tokenizer.chat_template)
+    tokenizer.save_pretrained(place)
+    first, again, other = (of(date(2031, 5, day)) for day in (7, 7, 28))
+    found = [[score.value for _, score in model.score(samples())] for model in (first, again, other)]
+    assert found[0] == found[1] != found[2]
+    assert (first.date, other.date, of(None).date) == ("2031-05-07", "2031-05-28", None)
+    assert first.request() == again.request() == other.request() | {"date": "2031-05-07"} != other.request()
+    settings = section(Scorer, name="reward_model", model=str(place), label=None)
+    assert RewardModel.content(settings, cache=place)["model.chat_template"] == json_hash(tokenizer.chat_template)
 
 
 def test_a_language_model_is_no_reward_model(cache: Path) -> None:

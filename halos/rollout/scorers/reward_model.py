@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,11 +61,14 @@ class RewardModel(Scorer):
         assert settings.model is not None
         check_model(settings.model, "online.scorer.model")
         directory = locate(settings.model, None, expanded(context.cache_dir), key="online.scorer.model")
-        return cls(directory, settings, max_length=context.max_length, quiet=context.quiet)
+        return cls(directory, settings, max_length=context.max_length, quiet=context.quiet, day=context.day)
 
-    def __init__(self, directory: Path, settings: Settings, *, max_length: int | None, quiet: bool) -> None:
+    def __init__(
+        self, directory: Path, settings: Settings, *, max_length: int | None, quiet: bool, day: date | None = None
+    ) -> None:
         """Raises UserError for a model that is no classifier, and for a label that it does not have."""
         from halos.checkpoint import integrity
+        from halos.data.dates import date_of
         from halos.models.load import read_config
 
         integrity.check(directory, "reward model")
@@ -83,7 +87,8 @@ class RewardModel(Scorer):
             raise UserError(f"online.scorer.label={label}, but {directory} has {labels} labels, counted from 0")
         self.directory, self.label, self.batch_size, self.quiet = directory, label or 0, settings.batch_size, quiet
         self._loaded: Any = None
-        self.tokenizer = _tokenizer(directory)
+        self.tokenizer = _tokenizer(directory, day)
+        self.date = date_of(self.tokenizer)
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         self.max_length = min(length for length in (max_length, limit, 2**31) if length)
 
@@ -92,13 +97,15 @@ class RewardModel(Scorer):
 
     def request(self) -> dict[str, Any]:
         from halos.checkpoint.lineage import identity
+        from halos.data.dates import without_date
         from halos.models.content_hashes import CONFIG, config_hashes, tokenizer_hashes
 
-        template = hashlib.sha256(json.dumps(self.tokenizer.chat_template).encode()).hexdigest()[:16]
+        template = hashlib.sha256(json.dumps(without_date(str(self.tokenizer.chat_template))).encode()).hexdigest()[:16]
+        day = {} if self.date is None else {"date": self.date}
         tokenizer = tokenizer_hashes("model", self.directory, self.tokenizer)["model.tokenizer"]
         config = config_hashes("model", self.directory, [CONFIG])[f"model.{CONFIG}"]
         return {"reward_model": identity(self.directory), "label": self.label, "max_length": self.max_length,
-                "template": template, "tokenizer": tokenizer, CONFIG: config}  # fmt: skip
+                "template": template, **day, "tokenizer": tokenizer, CONFIG: config}  # fmt: skip
 
     def load(self) -> None:
         self._loaded = self._loaded or self._load()
@@ -158,13 +165,14 @@ class RewardModel(Scorer):
         return logps.RewardModel(model.to(device).eval())
 
 
-def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a reward model, with the chat template that its samples are written with."""
-    from halos.data.template import chat_template
+def _tokenizer(directory: Path, day: date | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a reward model, with the chat template that its samples are written with; where that writes a date,
+    it writes `day`."""
+    from halos.data.template import template_of_run
     from halos.models.load import load_tokenizer
 
     tokenizer, _ = load_tokenizer(directory, add_tokens=[])
-    tokenizer.chat_template = chat_template(tokenizer, None)
+    tokenizer.chat_template = template_of_run(tokenizer, None, {}, "keep", day)
     return tokenizer
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,6 +37,7 @@ class Context:
     cache_dir: str | Path = "~/.cache/halos"
     max_length: int | None = None  # in tokens: a longer sample gets no score from a scorer that reads tokens
     quiet: bool = True  # no progress bar
+    day: date | None = None  # that a chat template writes; None: the day of its use
 
 
 class Scorer(ABC):
@@ -55,6 +57,7 @@ class Scorer(ABC):
     reads_columns: ClassVar[bool] = False  # its scores depend on columns of the data, which a resume then compares
     recorded_since: ClassVar[tuple[str, ...]] = ()  # entries of its request that older versions did not record
     full_marks: ClassVar[float | None] = None  # the reward of a right answer, unless online.pass_reward says; None: any scale
+    date: str | None = None  # that its chat template writes, of an instance
 
     @classmethod
     def problem(cls, settings: Settings, spelled: Callable[[str], str]) -> str | None:
@@ -140,10 +143,10 @@ def open_scorer(settings: Settings, context: Context) -> Scorer:
     return scorer_class(settings.name).open(settings, context)
 
 
-def scorer_of(config: Config, answers: Path) -> Scorer:
-    """Open the scorer of a run, checked before the run begins. Raises UserError where it could not score."""
+def scorer_of(config: Config, answers: Path, day: date | None = None) -> Scorer:
+    """Open the scorer of a run of `day`, checked before the run begins. Raises UserError where it could not score."""
     assert config.online is not None
-    scorer = open_scorer(config.online.scorer, Context(answers, config.plugins, config.cache_dir))
+    scorer = open_scorer(config.online.scorer, Context(answers, config.plugins, config.cache_dir, day=day))
     scorer.check_ready()
     return scorer
 
