@@ -88,6 +88,12 @@ def refuse_unwritten(day: str | None, *written: str | None) -> None:
         raise UserError(f"data.date={day}: the chat template writes no date: leave it out")
 
 
+def content_entry(*written: str | None) -> dict[str, str | None]:
+    """Return the entry among a run's content hashes of the date that its chat templates write, where no hash of rows shows it;
+    none where they write no date."""
+    return {} if (day := next(filter(None, written), None)) is None else {"data.date": day}
+
+
 def _rendered(tokenizer: PreTrainedTokenizerBase, template: str, turns: tuple[Message, ...]) -> str | None:
     try:
         return Renderer(tokenizer, template, refuse_tools=False)(turns, "a prompt", generate=True)

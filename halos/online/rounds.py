@@ -28,7 +28,7 @@ from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.config.secrets import refuse_saved_overrides
 from halos.confined import write_whole
-from halos.data.dates import date_of, refuse_unwritten
+from halos.data.dates import content_entry, date_of, refuse_unwritten
 from halos.distributed.signals import STOPPED
 from halos.errors import UserError
 from halos.hooks.base import AnyRun, Hook, call_on_eval, states_of
@@ -107,7 +107,8 @@ def run(
             refuse_too_few_rounds(plan)
         else:
             directory.refuse_occupied(overwrite=config.overwrite)
-        content = outlined.content(config, content_hashes(plan.prompts, plan.eval_prompts, plan.online.scorer.name))
+        hashes = content_hashes(plan.prompts, plan.eval_prompts, plan.online.scorer.name)
+        content = outlined.content(config, hashes | content_entry(plan.date, plan.scorer_date))
         altered = outlined.changed(config, directory, content) if config.resume else []
         if config.dry_run:
             dry_run.run(plan, outlined.tokenizer, partial(outlined.write, prompt), typed)

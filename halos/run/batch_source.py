@@ -16,7 +16,7 @@ from halos.config.bind import LossSpec, refuse_single_samples
 from halos.config.rollout_modules import scorer_class
 from halos.config.schema import Config
 from halos.data.dataset import Dataset
-from halos.data.dates import date_of, refuse_unwritten
+from halos.data.dates import content_entry, date_of, refuse_unwritten
 from halos.data.order import GroupOrder
 from halos.distributed.agreement import require_same_on_all_ranks
 from halos.errors import UserError
@@ -164,7 +164,8 @@ class PolicySource:
         answers = f"{name}.jsonl" if scorer_class(name).is_paid else f"{name}.{accelerator.process_index}.jsonl"
         self.scorer = scorer_of(config, RunDir(config.run_dir).path / answers, day)
         self.scorer_date = self.scorer.date
-        refuse_unwritten(config.data.date, date_of(tokenizer), self.scorer_date)
+        self.date = date_of(tokenizer)
+        refuse_unwritten(config.data.date, self.date, self.scorer_date)
         self.server = server_of(config, tokenizer)
         self.prompts = LivePrompts(config, tokenizer, loss, max_length)
         self.scorer.check_prompts(self.prompts.train)
@@ -189,7 +190,8 @@ class PolicySource:
         return [(prompt.id, prompt.ids) for prompt in self.prompts.train[:count]]
 
     def content_hashes(self) -> dict[str, str | None]:
-        return content_hashes(self.prompts.train, self.prompts.evaluation, self.prompts.online.scorer.name)
+        hashes = content_hashes(self.prompts.train, self.prompts.evaluation, self.prompts.online.scorer.name)
+        return hashes | content_entry(self.date, self.scorer_date)
 
     def tokens_until(self, step: int) -> None:
         return None

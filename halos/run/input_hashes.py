@@ -42,7 +42,7 @@ def read(
         arithmetic_version.KEY: str(arithmetic_version.VERSION),
         **rows,
         **tokenizer_hashes("model", base, tokenizer, cache),
-        "model.chat_template": json_hash(without_date(str(tokenizer.chat_template))),  # a date shows in the hashes of the rows
+        "model.chat_template": json_hash(without_date(str(tokenizer.chat_template))),  # a date shows in those of rows
         **_model("model", base, cache),
         **_model("reference", reference, cache),
         "peft.init_from": None,

@@ -14,6 +14,7 @@ from halos.confined import expanded
 from halos.data.cache import STREAMS
 from halos.data.custom_format import entries_of
 from halos.data.dataset import Dataset
+from halos.data.dates import content_entry, date_of
 from halos.data.order import Order
 from halos.data.prepare import Making
 from halos.data.sources import OpenSource, Source, content_hash, open_source
@@ -180,7 +181,8 @@ class StreamSource(DatasetSource):
         entries = entries_of(self._config.data, "train")
         held_out = self.eval_data.rows if self.eval_data else None
         return {"data.train": json_hash([content_hash(entry, "train") for entry in entries]),
-                "data.eval": held_out.content if isinstance(held_out, Dataset) else None}  # fmt: skip
+                "data.eval": held_out.content if isinstance(held_out, Dataset) else None,
+                **content_entry(date_of(self._tokenizer))}  # fmt: skip
 
     def tokens_until(self, step: int) -> None:
         return None

@@ -15,10 +15,12 @@ import train
 from halos import seals
 from halos.config import run_config
 from halos.data.dates import with_date
+from halos.errors import UserError
 from halos.models.load import load_tokenizer
 from halos.models.locate import locate
 from halos.models.tiny import TEMPLATE
 from halos.online.sample import _digest
+from halos.run import batch_source
 
 from .test_live import LIVE
 from .test_rounds import StartedRun
@@ -52,8 +54,10 @@ def test_all_rounds_sample_and_train_with_the_date_on_which_the_run_began(tmp_pa
     started.finish("online.rounds=1")
     path = started.run / "attempts" / "000.yaml"
     record = yaml.safe_load(path.read_text())
+    assert record["date"] == record["content"]["data.date"]
     assert record["date"] in (str(began), str(date.today()))
-    another = {**record, "date": "2031-05-07"}  # a resume must not take the day from the clock
+    # a resume must not take the day from the clock
+    another = {**record, "date": "2031-05-07", "content": {**record["content"], "data.date": "2031-05-07"}}
     path.write_text(seals.attempt(another, config=(started.run / "config.yaml").read_text(), before=None))
     started.finish("online.rounds=2")
     for number, day in enumerate((record["date"], "2031-05-07")):
@@ -64,6 +68,9 @@ def test_all_rounds_sample_and_train_with_the_date_on_which_the_run_began(tmp_pa
         assert f"date       {day}, which the chat template writes" in (log := (place / "train" / "train.log").read_text())
         assert f"Today: {date.fromisoformat(day):%d %b %Y}" in log
     assert (started.run / "FINAL" / "chat_template.jinja").read_text() == DATED
+    refused = started.start("online.rounds=3", "data.date=2020-01-01")
+    assert "data.date (content) '2031-05-07' -> '2020-01-01'" in refused.communicate(timeout=600)[0]
+    assert refused.returncode == 2
 
 
 def test_a_reward_model_that_writes_the_date_writes_that_of_the_run_in_all_rounds(
@@ -108,3 +115,24 @@ def test_a_live_loop_scores_by_its_own_date_after_a_resume(
     assert "date       2031-05-07, which the scorer's chat template may write" in (tmp_path / "cut" / "train.log").read_text()
     assert train.start([*common, "exp_name=other", "online.steps=1"]) == 0
     assert of_train(tmp_path / "other") != of_train(tmp_path / "whole")[:1]
+
+
+def test_another_date_of_a_live_loop_is_refused_and_an_older_run_goes_on(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (template := tmp_path / "dated.jinja").write_text(DATED)
+    run, common = tmp_path / "run", [*SMALL, *LIVE, "data.eval=[]", "schedule.warmup=0", "train.prove=off", "checkpoint.every=1"]
+    today(monkeypatch, date(2031, 5, 7))
+    with monkeypatch.context() as earlier:  # whose hashes had no date
+        earlier.setattr(batch_source, "content_entry", lambda *_: {})
+        words = [f"model.chat_template={template}", f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run"]
+        assert train.start([*common, *words, "online.steps=1"]) == 0
+    assert "data.date" not in attempts(run)[0]["content"]
+    today(monkeypatch, date(2031, 5, 8))
+    assert train.start([f"resume={run}", "online.steps=2"]) == 0
+    assert [record["date"] for record in attempts(run)] == ["2031-05-07"] * 2
+    assert attempts(run)[1]["content"]["data.date"] == "2031-05-07"
+    with pytest.raises(UserError, match=r"data\.date \(content\) '2031-05-07' -> '2020-01-01'"):
+        train.start([f"resume={run}", "online.steps=3", "data.date=2020-01-01"])
+    assert train.start([f"resume={run}", "online.steps=3", "data.date=2020-01-01", "resume_changes=allow"]) == 0
+    assert attempts(run)[2]["date"] == "2020-01-01"

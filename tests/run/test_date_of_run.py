@@ -59,9 +59,13 @@ def test_the_saved_templates_write_the_date_of_their_use(world: World) -> None:
         assert AutoTokenizer.from_pretrained(place).chat_template == DATED
 
 
-def test_another_date_changes_the_rows_and_a_resume_says_so(world: World) -> None:
-    directory = world.begin("run")
-    assert "data.train" in refusal(directory, "data.date=2031-05-08")
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [((), "data.train"), (("data.stream=true", "data.stream_block=8"), "data.date (content) '2031-05-07' -> '2031-05-08'")],
+)
+def test_another_date_changes_the_rows_and_a_resume_says_so(world: World, more: tuple[str, ...], named: str) -> None:
+    directory = world.begin("run", *more)
+    assert named in refusal(directory, "data.date=2031-05-08")
     assert resume(directory, "data.date=2031-05-07") == 0
 
 
