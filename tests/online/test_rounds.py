@@ -643,7 +643,7 @@ def test_hooks_resume_with_the_state_after_the_last_completed_round(tmp_path: Pa
     size = SimpleNamespace(prompts=1, steps=1)
     monkeypatch.setattr(rounds.overview, "write", lambda plan: None)
     plan: Any = SimpleNamespace(
-        size=size, one_warmup=False, date=None,
+        size=size, one_warmup=False, date=None, scorer_date=None,
         config=config, directory=directory, online=online, settings={}, overrides=[], prompts=[1], eval_prompts=[], kind="",
         loss=SimpleNamespace(name="dpo"),
         directory_of=lambda number: directory.path / "rounds" / f"{number:03d}", stages=SimpleNamespace(listen=lambda: None),
