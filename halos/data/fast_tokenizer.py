@@ -12,6 +12,7 @@ from typing import Any
 from zlib import crc32
 
 import numpy as np
+import psutil
 import tokenizers
 from tokenizers import Tokenizer
 
@@ -21,7 +22,8 @@ log = logging.getLogger(__name__)
 
 LIBRARY = "fastokens"
 STARTS_AT = 2_000_000  # characters that the tokenizers library gets first: loading and proving the other takes a second
-RENEWED_AFTER = 20_000_000  # characters: it remembers all words, and those of random text take 10 bytes a character
+RENEWED_AFTER = 20_000_000  # characters, from which on it is loaded anew where it has grown: it remembers all words
+MOST_GROWTH = 150_000_000  # bytes of this process; words of random text take 10 bytes a character
 CHECKED = 64  # one text of so many, by its content, is tokenised by both: a text that tells stays one that does
 MOST_ADDED = 300  # added tokens that the proof uses
 # the proof has every character of these blocks, and every sixteenth of others: CJK, Hangul, ancient scripts, whose are alike
@@ -54,16 +56,20 @@ class FastTokenizer:
         self._fast: _Fast | None = None
         self._is_tried = False
         self._characters = 0  # since it was loaded, or before
+        self._resident = 0  # bytes of this process when it was loaded
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """Raises UserError where fastokens, which was proved equal before, gives other ids."""
         self._characters += sum(map(len, texts))
         if not self._is_tried and self._characters > STARTS_AT:
             self._fast, self._is_tried, self._characters = self._proved(texts), True, 0
+            self._resident = _resident()
         if self._fast is None:
             return self._by_library(texts)
         if self._characters > RENEWED_AFTER:
-            self._fast, self._characters = _Fast(self._backend), 0
+            self._characters, resident = 0, _resident()
+            if resident - self._resident > MOST_GROWTH:
+                self._fast, self._resident = _Fast(self._backend), resident
         ids = self._ids(self._fast, texts)
         self._check(texts, ids)
         return ids
@@ -134,6 +140,10 @@ class _Fast:
             return [*self.ids(texts[:half]), *self.ids(texts[half:])] if half else [None]
         ids, ends = np.frombuffer(data, np.uint32).tolist(), np.frombuffer(bounds, np.uint64).tolist()
         return [ids[start:end] for start, end in pairwise(ends)]
+
+
+def _resident() -> int:
+    return psutil.Process().memory_info().rss
 
 
 @contextmanager

@@ -3,10 +3,12 @@
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from halos.data.messages import OURS, REASONING, REASONING_NAMES, SETTINGS, SYSTEM
 from halos.errors import UserError
@@ -14,6 +16,7 @@ from halos.examples import Message
 
 WORD = "halos0developer"
 PLAIN_ROLES = ("system", "user", "assistant", "tool")  # which every template gets as they are
+FIRST, CHECKED = 8, 64
 _ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError)
 
 
@@ -30,6 +33,7 @@ class Renderer:
         self._tokenizer, self.jinja, self._refuse_tools = tokenizer, jinja, refuse_tools
         self._text_arguments = False  # whether arguments of tool calls are given as JSON text (DeepSeek-V3)
         self._developer: str | None = None  # the role of a developer's turn, once it is known
+        self._of_words = _OfWords(tokenizer, jinja)
 
     def __call__(self, turns: Sequence[Message], where: str, *, generate: bool) -> str:
         """Raises UserError, naming the row, where the template refuses it."""
@@ -76,6 +80,8 @@ class Renderer:
 
     def _apply(self, plain: list[dict[str, Any]], settings: Mapping[str, Any], *, generate: bool) -> str:
         turns = _with_text_arguments(plain) if self._text_arguments else plain
+        if not settings and (words := self._of_words.render(turns, generate=generate)) is not None:
+            return words
         text = self._tokenizer.apply_chat_template(
             turns, chat_template=self.jinja, tokenize=False, add_generation_prompt=generate, **settings
         )
@@ -108,6 +114,35 @@ class Renderer:
             return WORD in self._apply(turns, {}, generate=False)
         except _ERRORS:
             return False
+
+
+class _OfWords:
+    """Renders turns of words alone as transformers does, but for copying each value that the template gets, which takes as long
+    as the rendering. The first few and one of CHECKED are rendered by transformers too; after another text it renders all."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, jinja: str) -> None:
+        self._tokenizer, self._jinja, self._count = tokenizer, jinja, 0
+        self._template: Any = None
+        if type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template:
+            with suppress(*_ERRORS, ImportError):  # a template that cannot be compiled is reported where it renders
+                self._template = vars(chat_template_utils).get("_compile_jinja_template", lambda _: None)(jinja)
+
+    def render(self, turns: list[dict[str, Any]], *, generate: bool) -> str | None:
+        """Return the text; None where transformers is to render it."""
+        if self._template is None or not all([len(turn) == 2 and type(turn.get("content")) is str for turn in turns]):
+            return None
+        try:
+            text = self._template.render(messages=turns, tools=None, documents=None, add_generation_prompt=generate,
+                                         **self._tokenizer.special_tokens_map)  # fmt: skip
+        except Exception:  # the same of transformers is reported
+            return None
+        self._count += 1
+        if (self._count <= FIRST or self._count % CHECKED == 0) and text != self._tokenizer.apply_chat_template(
+            turns, chat_template=self._jinja, tokenize=False, add_generation_prompt=generate
+        ):
+            self._template = None
+            return None
+        return text
 
 
 def _arguments(turn: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

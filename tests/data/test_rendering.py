@@ -1,12 +1,17 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
+from halos.data import rendering
 from halos.data.files import Row
 from halos.data.formats import read_example, read_prompt
 from halos.data.messages import SETTINGS
+from halos.data.rendering import Renderer
 from halos.data.shorten import shortened
 from halos.data.template import Layout, Template
 from halos.errors import UserError
@@ -124,3 +129,67 @@ def test_arguments_are_given_as_text_where_the_template_would_print_an_object_as
     dumps = prints.replace("ARGUMENTS", "c['function']['arguments'] | tojson")
     (completion,) = laid_out(dumps, {"messages": [user(str(arguments)), call]}).completions  # words like a printed object
     assert written in completion
+
+
+# --- turns of words alone
+
+TALKS = [
+    [user("What is 1 + 1?")],
+    [turn("system", "Be brief."), user(" a\n"), says("<b>two</b> {{ x }}"), user("é 你好"), says("")],
+    [user("x"), says("<think>one</think>two"), user("y"), says("z")],
+]
+
+
+def by_transformers(made: PreTrainedTokenizerBase, jinja: str, turns: list[Any], *, generate: bool) -> str | None:
+    try:
+        text = made.apply_chat_template(turns, chat_template=jinja, tokenize=False, add_generation_prompt=generate)
+    except Exception:
+        return None
+    assert isinstance(text, str)
+    return text
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parent / "templates").glob("*.jinja")), ids=lambda file: file.stem)
+def test_turns_of_words_are_rendered_as_transformers_renders_them(file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rendering, "FIRST", 0)
+    monkeypatch.setattr(rendering, "CHECKED", 10**9)  # so that this test alone compares
+    made, jinja = tokenizer(), file.read_text()
+    quick = Renderer(made, jinja)._of_words
+    for turns in TALKS:
+        for generate in (True, False):
+            assert quick.render(turns, generate=generate) == by_transformers(made, jinja, turns, generate=generate)
+    assert quick._count > 0
+
+
+def test_turns_with_more_than_words_are_left_to_transformers():
+    quick = Renderer(tokenizer(TOOLS), TOOLS)._of_words
+    assert quick.render([user("x")], generate=True) is not None
+    for other in ({**says("x"), "tool_calls": []}, turn("user", [{"type": "text", "text": "x"}]), {"role": "assistant"}):
+        assert quick.render([user("x"), other], generate=False) is None
+
+
+@pytest.mark.parametrize("first", [0, 8])
+def test_what_transformers_renders_otherwise_it_renders_alone(first: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rendering, "FIRST", first)
+    monkeypatch.setattr(rendering, "CHECKED", 3)
+    whole = chat_template_utils._compile_jinja_template
+    monkeypatch.setattr(chat_template_utils, "_compile_jinja_template", lambda jinja: whole(jinja + "!"))
+    render = Renderer(tokenizer(), CHATML)
+    monkeypatch.undo()
+    monkeypatch.setattr(rendering, "FIRST", first)
+    monkeypatch.setattr(rendering, "CHECKED", 3)
+    texts = [render([user("x")], "a row", generate=False) for _ in range(5)]
+    right = "<|im_start|>user\nx<|im_end|>\n"
+    assert texts == ([right] * 5 if first else [right + "!"] * 2 + [right] * 3)
+
+
+def test_a_tokenizer_with_a_rendering_of_its_own_is_asked(monkeypatch: pytest.MonkeyPatch):
+    made = tokenizer()
+    monkeypatch.setattr(type(made), "apply_chat_template", lambda self, turns, **given: "its own")
+    assert Renderer(made, CHATML)([user("x")], "a row", generate=True) == "its own"
+
+
+def test_without_the_function_of_transformers_it_renders_all(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(chat_template_utils, "_compile_jinja_template")
+    quick = Renderer(tokenizer(), CHATML)._of_words
+    assert quick.render([user("x")], generate=True) is None
