@@ -1,4 +1,4 @@
-"""Token ids of much text: by fastokens, several times as fast as the tokenizers library, where it is proved to give the same ids."""
+"""Token ids of much text: by fastokens, several times as fast as the tokenizers library, where it is proved to give the same."""
 
 import json
 import logging
