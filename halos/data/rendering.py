@@ -1,6 +1,7 @@
 """Render turns by a chat template, each part under the name and in the form that the template reads."""
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -14,9 +15,11 @@ from halos.data.messages import OURS, REASONING, REASONING_NAMES, SETTINGS, SYST
 from halos.errors import UserError
 from halos.examples import Message
 
+log = logging.getLogger(__name__)
+
 WORD = "halos0developer"
 PLAIN_ROLES = ("system", "user", "assistant", "tool")  # which every template gets as they are
-FIRST, CHECKED = 8, 64
+FIRST, CHECKED = 8, 64  # conversations of words alone that transformers renders too: the first, and one of so many
 _ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError)
 
 
@@ -140,6 +143,9 @@ class _OfWords:
         if (self._count <= FIRST or self._count % CHECKED == 0) and text != self._tokenizer.apply_chat_template(
             turns, chat_template=self._jinja, tokenize=False, add_generation_prompt=generate
         ):
+            log.warning(
+                "transformers renders a conversation otherwise than by its compiled template: it renders all from here on"
+            )
             self._template = None
             return None
         return text

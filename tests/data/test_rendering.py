@@ -169,7 +169,9 @@ def test_turns_with_more_than_words_are_left_to_transformers():
 
 
 @pytest.mark.parametrize("first", [0, 8])
-def test_what_transformers_renders_otherwise_it_renders_alone(first: int, monkeypatch: pytest.MonkeyPatch):
+def test_what_transformers_renders_otherwise_it_renders_alone(
+    first: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     monkeypatch.setattr(rendering, "FIRST", first)
     monkeypatch.setattr(rendering, "CHECKED", 3)
     whole = chat_template_utils._compile_jinja_template
@@ -181,6 +183,7 @@ def test_what_transformers_renders_otherwise_it_renders_alone(first: int, monkey
     texts = [render([user("x")], "a row", generate=False) for _ in range(5)]
     right = "<|im_start|>user\nx<|im_end|>\n"
     assert texts == ([right] * 5 if first else [right + "!"] * 2 + [right] * 3)
+    assert caplog.text.count("transformers renders a conversation otherwise") == 1
 
 
 def test_a_tokenizer_with_a_rendering_of_its_own_is_asked(monkeypatch: pytest.MonkeyPatch):
